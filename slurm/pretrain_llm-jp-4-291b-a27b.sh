@@ -19,9 +19,9 @@
 #       --tokenizer-type Llama2Tokenizer --tokenizer-model tok.model
 #
 # Differences from the published run: the fastest attention kernel is selected (published:
-# --attention-backend flash, which NVTE_FUSED_ATTN=0 before sbatch selects); router and permutation
-# are not fused; fold files and their validation sets instead of one blend without validation. The
-# published run set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, as all job scripts do,
+# --attention-backend flash, which NVTE_FUSED_ATTN=0 before sbatch selects); fold files and their
+# validation sets instead of one blend without validation. The published run set
+# PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, as all job scripts do,
 # NCCL_IB_QPS_PER_CONNECTION=8, and no CUDA_DEVICE_MAX_CONNECTIONS, which Blackwell does not need:
 # export NCCL_IB_QPS_PER_CONNECTION=8 and CUDA_DEVICE_MAX_CONNECTIONS=8 (the driver's default) in
 # slurm/site.sh. Its checkpoints could be resumed on the same number of nodes only; these resume on

@@ -18,8 +18,8 @@
 #       --tokenizer-type Llama2Tokenizer --tokenizer-model tok.model
 #
 # Differences from the published run: the fastest attention kernel is selected (published:
-# --attention-backend flash, which NVTE_FUSED_ATTN=0 before sbatch selects); router and permutation
-# are not fused; fold files and their validation sets instead of one blend without validation.
+# --attention-backend flash, which NVTE_FUSED_ATTN=0 before sbatch selects); fold files and their
+# validation sets instead of one blend without validation.
 # PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True is set by all job scripts. LLM-jp's jobs ran
 # under PBS on ABCI 3.0; their number of nodes is not published.
 set -euo pipefail
