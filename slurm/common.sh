@@ -332,7 +332,7 @@ requeue() {
     # It may refuse the change while it ends a job that lost a node: see leave_excluded_nodes.
     [[ ! -e "$LOGS/exclude" ]] ||
         retry 5 1 scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(<"$LOGS/exclude")" || true
-    exit "$1" # of a job that Slurm has already requeued: it would wait KillWait seconds for this script
+    sleep infinity # until Slurm ends the job: an alert may still be on its way
 }
 
 # retry TIMES SECONDS COMMAND...: run a command until it succeeds, with pauses.
