@@ -12,7 +12,6 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.generation.checkpoints import checkpoint_tokenizer, find_native_checkpoint
 from megatron_llmjp.generation.prompts import PromptEncoder, open_prompt_encoder
 from megatron_llmjp.generation.settings import GenerationSettings
-from megatron_llmjp.large_imports import large_imports
 from megatron_llmjp.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -220,8 +219,7 @@ def load_model(
     prompts = None
     if tokenizer is not None or checkpoint_tokenizer(folder) is not None:
         prompts = open_prompt_encoder(folder, tokenizer, add_bos)
-    with large_imports():
-        from megatron_llmjp.inference.native_model import DTYPES, load_native_model
+    from megatron_llmjp.inference.native_model import DTYPES, load_native_model
 
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
