@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron_llmjp.convert.follow import command as commands
 from megatron_llmjp.convert.follow import held_checkpoint
+from megatron_llmjp.convert.follow.command import RunningCommand
 from megatron_llmjp.convert.follow.follow import FollowSettings, follow, run_is_finished
 from megatron_llmjp.convert.follow.journal import JOURNAL, CheckpointId, Journal
 from megatron_llmjp.errors import UserError
@@ -111,6 +115,62 @@ def test_ctrl_c_stops_the_command_and_the_next_start_repeats_it(run, convert, nu
     convert(*run.words("--command", f"echo $ITERATION >> {run.root / 'log'}"))
     assert (run.root / "log").read_text() == "10\n20\n"
     assert records(run.root / "out", "converted") == [10, 20]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_while_the_command_starts(run, number):
+    """The signal arrives when the shell runs and before its process is stored."""
+    pid = run.root / "pid"
+    command = f"echo $$ > {pid}.tmp; mv {pid}.tmp {pid}; sleep 1000"
+    words = [str(word) for word in run.words("--command", command)]
+    process = Fork(call_main_and_interrupt_the_start, words, str(pid), int(number))
+    try:
+        assert process.wait() == 130, process.stderr
+        assert not alive(int(pid.read_text()))
+    finally:
+        process.kill_all()
+
+
+def call_main_and_interrupt_the_start(words, pid, number):
+    from megatron_llmjp.convert.follow import command
+
+    class InterruptedStart(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            wait_until(Path(pid).exists)
+            signal.raise_signal(number)
+
+    command.subprocess.Popen = InterruptedStart
+    call_main(words)
+
+
+def test_children_have_time_to_end(tmp_path):
+    """A shell ends at SIGTERM at once; its child may save something before it ends."""
+    code = (
+        "import signal, sys, time; from pathlib import Path; begin, end = map(Path, sys.argv[1:]);"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), end.touch(), sys.exit()));"
+        "begin.touch(); time.sleep(1000)"
+    )
+    begin, end = tmp_path / "begin", tmp_path / "end"
+    running = RunningCommand(
+        f"'{sys.executable}' -c '{code}' {begin} {end}; true", CheckpointId(10, "a"), tmp_path
+    )
+    wait_until(begin.exists)
+    running.stop()
+    assert end.exists()
+
+
+def test_children_that_ignore_sigterm_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "STOP_SECONDS", 0.1)
+    pid = tmp_path / "pid"
+    script = tmp_path / "ignoring.sh"
+    script.write_text(
+        f"trap : TERM; echo $$ > {pid}.tmp; mv {pid}.tmp {pid}; while :; do sleep 1; done"
+    )
+    running = RunningCommand(f"sh {script} & wait", CheckpointId(10, "a"), tmp_path)
+    wait_until(pid.exists)
+    running.stop()
+    wait_until(lambda: not alive(int(pid.read_text())))
 
 
 def call_main(words):

@@ -6,8 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from megatron_llmjp.convert.follow.journal import CheckpointId
 
@@ -49,9 +54,49 @@ class RunningCommand:
         return None
 
     def stop(self) -> None:
-        """End the command and its children."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            if self.wait(STOP_SECONDS) is not None:
-                break
+        """End the command and its children, those that do not end by themselves with SIGKILL."""
+        try:
+            self._signal(signal.SIGTERM)
+            end = time.monotonic() + STOP_SECONDS
+            while self._is_running() and time.monotonic() < end:
+                time.sleep(0.02)
+        finally:  # also at a second Ctrl-C
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _is_running(self) -> bool:
+        """Whether the shell or one of its children runs: a shell ends before its children."""
+        return self._process.poll() is None or any(map(self._is_child, psutil.process_iter()))
+
+    def _is_child(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == self._process.pid:
+                return process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+
+@contextlib.contextmanager
+def defer_interrupts() -> Iterator[None]:
+    """Let SIGINT and SIGTERM take effect after the block, whose result is then known.
+
+    Only the main thread receives signals: in another one, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda caught, _: received.append(caught))
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: not set by Python, and not known to it
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for caught in received:
+            signal.raise_signal(caught)

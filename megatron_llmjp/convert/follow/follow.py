@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.run_lock import RECORD
 from megatron_llmjp.checkpoint.save_folder import find_foreign_checkpoint, recognize
-from megatron_llmjp.convert.follow.command import RunningCommand
+from megatron_llmjp.convert.follow.command import RunningCommand, defer_interrupts
 from megatron_llmjp.convert.follow.held_checkpoint import hold_checkpoint
 from megatron_llmjp.convert.follow.journal import CheckpointId, Journal
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, UserError
@@ -209,9 +209,10 @@ class _Follower:
                 continue
             self._commanded.add(checkpoint)
             _say(f"{self._output(checkpoint)}: running the command")
-            self._running = RunningCommand(
-                self._settings.command, checkpoint, self._output(checkpoint)
-            )
+            with defer_interrupts():  # a command that is not in _running would not be stopped
+                self._running = RunningCommand(
+                    self._settings.command, checkpoint, self._output(checkpoint)
+                )
             return
 
     def _poll_command(self, timeout: float) -> None:
