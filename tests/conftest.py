@@ -65,6 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed torch before the fixtures of each test: weights do not depend on earlier tests."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def torch_stays_as_it_is() -> Iterator[None]:
     """Refuse tests that replace ``torch.cuda`` in pytest's process: later ones would use the CPU.
