@@ -60,7 +60,9 @@ def read_yaml(path: Path, named_by: str) -> YamlDocument:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{named_by} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{named_by} {path} cannot be read: {error}") from None
     return parse_yaml(text, str(path))
 
